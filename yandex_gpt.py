@@ -39,7 +39,7 @@ import time
 import types
 import typing
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from datetime import datetime, timedelta, timezone
@@ -111,6 +111,13 @@ class _Value:
 
     def __hash__(self) -> int:
         return hash(_frozen(self._compared()))
+
+
+def _quick(kind: type[_T], **values: Any) -> _T:
+    """A frozen value without its constructor, which sets fields one by one: for streams."""
+    value = object.__new__(kind)
+    value.__dict__.update(values)
+    return value
 
 
 def _frozen(value: Any) -> Any:
@@ -1190,18 +1197,28 @@ class _BaseModel:
 
     def _stream(self, body: Any, messages: list[dict[str, Any]], timeout: float | None) -> Iterator[Result]:
         deadline, result = _Deadline(timeout), None
-        results = _client(self.client).stream(
-            self._call, body, deadline, lambda lines: self._read(lines, messages))
+        exchange = None
         try:
-            for result in results:
+            exchange, result, results = _client(self.client).stream(
+                self._call, body, deadline, lambda lines: self._read(lines, messages))
+            while True:
                 handed_over = time.monotonic()
                 yield result
                 deadline.at += time.monotonic() - handed_over
+                following = next(results, None)
+                if following is None:
+                    return
+                result = following
+        except ConnectionFailed as error:
+            if result is None:
+                raise
+            raise StreamInterrupted(f"the stream was cut: {error}", partial=result) from error
         except YandexGPTError as error:
             error.partial = result
             raise
         finally:
-            results.close()
+            if exchange is not None:
+                exchange.close()
 
     def run_many(self, prompts: Iterable[Messages], *, workers: int = 10, timeout: float | None = 180,
                  return_errors: bool = False) -> Iterator[Any]:
@@ -1516,6 +1533,55 @@ _FINISH = {"stop": Status.FINAL, "length": Status.TRUNCATED_FINAL, "tool_calls":
            "content_filter": Status.CONTENT_FILTER}
 
 
+class _Choice:
+    """A choice of a streamed answer, as it grows."""
+
+    def __init__(self) -> None:
+        self.role, self.text, self.finish = "assistant", "", ""
+        self.thought: str | None = None
+        self.calls: list[dict[str, Any]] = []
+
+    def alternative(self) -> Alternative:
+        return _quick(Alternative, role=self.role, text=self.text, status=Status.PARTIAL, tool_calls=None,
+                      reasoning_text=self.thought)
+
+    def whole(self) -> dict[str, Any]:
+        """As it would stand in an answer that is not streamed."""
+        message = {"role": self.role, "content": self.text, "reasoning_content": self.thought,
+                   "tool_calls": self.calls}
+        return {"message": message, "finish_reason": self.finish}
+
+    def call(self, piece: Mapping[str, Any], at: int) -> None:
+        """Add a piece of a tool call: its first has the id, all have some of name or arguments."""
+        while at >= len(self.calls):
+            self.calls.append({"id": "", "function": {"name": "", "arguments": ""}})
+        call, function = self.calls[at], piece.get("function") or {}
+        call["id"] = call["id"] or piece.get("id")
+        for key in ("name", "arguments"):
+            call["function"][key] += function.get(key) or ""
+
+
+def _grow(event: Any, choices: dict[int, _Choice]) -> str | None:
+    """Add an event to the choices: the first one's new text, None when nothing was said."""
+    said = None
+    for item in event.get("choices") or ():
+        index, delta = item.get("index") or 0, item.get("delta") or {}
+        choice = choices.get(index) or choices.setdefault(index, _Choice())
+        text, thought = delta.get("content"), delta.get("reasoning_content")
+        if delta.get("role"):
+            choice.role = delta["role"]
+        if text:
+            choice.text += text
+        if thought:
+            choice.thought = (choice.thought or "") + thought
+        if text or thought:
+            said = (said or "") + (text or "" if index == 0 else "")
+        for place, piece in enumerate(delta.get("tool_calls") or ()):
+            choice.call(piece, piece.get("index", place))
+        choice.finish = item.get("finish_reason") or choice.finish
+    return said
+
+
 class ChatModel(_BaseModel):
     """A model behind the OpenAI-compatible API: Qwen, gpt-oss, Gemma, YandexGPT and others.
 
@@ -1582,61 +1648,33 @@ class ChatModel(_BaseModel):
                 tuple(map(_tool_call, message.get("tool_calls") or ())) or None,
                 message.get("reasoning_content") or None)
             for message, finish in choices]
-        return self._result(answer, alternatives, alternatives[0].text, sent, request_id)
-
-    def _result(self, answer: Any, alternatives: list[Alternative], delta: str, sent: Sequence[Any],
-                request_id: str | None) -> Result:
         usage = answer.get("usage")
         details = (usage and usage.get("completion_tokens_details")) or {}
         tokens = usage and Usage(
             _integer(usage.get("prompt_tokens")), _integer(usage.get("completion_tokens")),
             _integer(usage.get("total_tokens")), _integer(details.get("reasoning_tokens")))
-        return Result(tuple(alternatives), tokens or None, _string(answer, "model", ""), delta, request_id,
-                      answer, sent, self.config.response_format)
+        return Result(tuple(alternatives), tokens or None, _string(answer, "model", ""),
+                      alternatives[0].text, request_id, answer, sent, self.config.response_format)
 
     def _read(self, lines: _Lines, sent: Sequence[Any]) -> Iterator[Result]:
-        choices: dict[int, dict[str, Any]] = {}  # each grows into a choice of a whole answer
-        answer: dict[str, Any] = {}
+        choices: dict[int, _Choice] = {}
         wanted = (self.config.extra_query or {}).get("n") or 1
+        event: dict[str, Any] = {}
+        usage = None
         for event in lines.events():
-            answer = {**event, "usage": event.get("usage") or answer.get("usage")}
-            delta = _checked(self._grow, event, choices)
-            if delta is not None:
-                grown = [Alternative(m["role"], m["content"], Status.PARTIAL, None, m["reasoning_content"])
-                         for m in (choice["message"] for choice in choices.values())]
-                yield self._result(event, grown, delta, sent, lines.request_id)
-            if sum(bool(choice["finish_reason"]) for choice in choices.values()) >= wanted:
+            usage = event.get("usage") or usage
+            said = _checked(_grow, event, choices)
+            if said is not None:
+                grown = tuple([choice.alternative() for choice in choices.values()])
+                yield _quick(Result, alternatives=grown, usage=None, model_version=event.get("model") or "",
+                             delta=said, request_id=lines.request_id, raw=event, _sent=sent,
+                             _format=self.config.response_format)
+            if len(choices) >= wanted and all([choice.finish for choice in choices.values()]):
                 lines.end()  # but for the usage and [DONE], which may follow
-        if not choices or not all(choice["finish_reason"] for choice in choices.values()):
+        if not choices or not all(choice.finish for choice in choices.values()):
             raise StreamInterrupted("the stream ended, but the model did not: no finish_reason came")
-        answer["choices"] = list(choices.values())
+        answer = {**event, "usage": usage, "choices": [choice.whole() for choice in choices.values()]}
         yield replace(_checked(self._decode, answer, sent, lines.request_id), delta="")
-
-    def _grow(self, event: Any, choices: dict[int, dict[str, Any]]) -> str | None:
-        """Add an event to the choices: the first one's new text, None when nothing was said."""
-        said = None
-        for choice in event.get("choices") or ():
-            index, delta = choice.get("index") or 0, choice.get("delta") or {}
-            empty: dict[str, Any] = {
-                "role": "assistant", "content": "", "reasoning_content": None, "tool_calls": []}
-            whole = choices.get(index) or choices.setdefault(index, {"message": empty, "finish_reason": None})
-            message, text = whole["message"], delta.get("content") or ""
-            message["role"] = delta.get("role") or message["role"]
-            message["content"] += text
-            thought = delta.get("reasoning_content")
-            if thought:
-                message["reasoning_content"] = (message["reasoning_content"] or "") + thought
-            if text or thought:
-                said = (said or "") + (text if index == 0 else "")
-            for place, piece in enumerate(delta.get("tool_calls") or ()):
-                calls, at = message["tool_calls"], piece.get("index", place)
-                if at >= len(calls):
-                    calls.append({"id": "", "function": {"name": "", "arguments": ""}})
-                calls[at]["id"] = calls[at]["id"] or piece.get("id")
-                for key in ("name", "arguments"):
-                    calls[at]["function"][key] += (piece.get("function") or {}).get(key) or ""
-            whole["finish_reason"] = choice.get("finish_reason") or whole["finish_reason"]
-        return said
 
     @classmethod
     def list(cls, *, folder_id: str | None = None, auth: Any = None, client: ClientConfig | None = None,
@@ -2493,21 +2531,15 @@ class _Client:
 
         return self._send(name, body, deadline, receive, id=id, url=url)
 
-    def stream(self, name: str, body: Any, deadline: _Deadline,
-               read: Callable[[_Lines], Iterator[Result]]) -> Generator[Result, None, None]:
-        """What `read` makes of the lines. Up to the first Result, the call may be sent again."""
+    def stream(self, name: str, body: Any, deadline: _Deadline, read: Callable[[_Lines], Iterator[Result]],
+               ) -> tuple[_Exchange, Result, Iterator[Result]]:
+        """What `read` makes of the lines, its first Result being there. Until then, the call may
+        be sent again; from then on the exchange is open, and the caller's to close."""
         def receive(exchange: _Exchange) -> tuple[_Exchange, Result, Iterator[Result]]:
             results = read(_Lines(exchange))
             return exchange, next(results), results
 
-        exchange, first, rest = self._send(name, body, deadline, receive)
-        try:
-            yield first
-            yield from rest
-        except ConnectionFailed as error:
-            raise StreamInterrupted(f"the stream was cut: {error}") from error
-        finally:
-            exchange.close()
+        return self._send(name, body, deadline, receive)
 
     def upload(self, url: str, path: Path, start: int, size: int, deadline: _Deadline) -> str:
         """PUT a piece of a file to a pre-signed URL; gives its ETag."""
@@ -2701,7 +2733,7 @@ def _encoded(body: Any) -> bytes:
 def _json(exchange: _Exchange, content: bytes) -> dict[str, Any]:
     """A body or line that has to be a JSON object."""
     try:
-        answer = json.loads(content)
+        answer = json.loads(str(content, "utf-8"))  # json would have to guess the encoding of bytes
         problem = f"is {type(answer).__name__}"
     except (ValueError, RecursionError) as error:
         answer, problem = None, f"is not JSON ({type(error).__name__})"
@@ -2776,12 +2808,14 @@ class _Lines:
     def events(self) -> Iterator[dict[str, Any]]:
         """Server-sent events. https://html.spec.whatwg.org/multipage/server-sent-events.html"""
         data: list[bytes] = []
-        for line in self:
-            line = line.rstrip(b"\r")
-            if line.startswith((b"data:", b"{")):  # a bare { begins an error outside of any event
-                data.append(line[5:] if line.startswith(b"d") else line)
-            if data and (not line or self._torn):
-                text, data = b"\n".join(data), []
+        for line in self._lines:
+            if line.startswith(b"data:"):
+                data.append(line[5:])
+            elif line.startswith(b"{"):  # an error outside of any event
+                data.append(line)
+            if data and (self._torn or not line.strip()):
+                text = data[0] if len(data) == 1 else b"\n".join(data)
+                data.clear()
                 if text.strip() == b"[DONE]":
                     return self.drain()
                 yield self.event(text)
@@ -2861,7 +2895,7 @@ class _Timed:
             raise NewConnectionError(self, str(error)) from error
 
     def connect(self: Any) -> None:
-        self.connecting = True
+        self.connecting, self.blocksize = True, 1 << 16  # (of what is read of a file at a time)
         try:
             super().connect()  # type: ignore[misc]
         finally:
@@ -2902,7 +2936,7 @@ class _HTTPAdapter(HTTPAdapter):
     """requests' adapter with such pools."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, blocksize=1 << 16, **kwargs)
+        super().init_poolmanager(*args, **kwargs)
         self.poolmanager.pool_classes_by_scheme = _POOLS
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
