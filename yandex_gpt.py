@@ -1561,25 +1561,34 @@ class _Choice:
             call["function"][key] += function.get(key) or ""
 
 
-def _grow(event: Any, choices: dict[int, _Choice]) -> str | None:
-    """Add an event to the choices: the first one's new text, None when nothing was said."""
-    said = None
-    for item in event.get("choices") or ():
-        index, delta = item.get("index") or 0, item.get("delta") or {}
-        choice = choices.get(index) or choices.setdefault(index, _Choice())
-        text, thought = delta.get("content"), delta.get("reasoning_content")
-        if delta.get("role"):
-            choice.role = delta["role"]
-        if text:
-            choice.text += text
-        if thought:
-            choice.thought = (choice.thought or "") + thought
-        if text or thought:
-            said = (said or "") + (text or "" if index == 0 else "")
-        for place, piece in enumerate(delta.get("tool_calls") or ()):
-            choice.call(piece, piece.get("index", place))
-        choice.finish = item.get("finish_reason") or choice.finish
-    return said
+class _Choices(dict[int, _Choice]):
+    """All choices of a streamed answer by their index; `done` once `wanted` of them have ended."""
+
+    def __init__(self, wanted: int) -> None:
+        super().__init__()
+        self.wanted, self.done = wanted, False
+
+    def add(self, event: Any) -> str | None:
+        """The first choice's new text, None when nothing was said."""
+        said = None
+        for item in event.get("choices") or ():
+            index, delta = item.get("index") or 0, item.get("delta") or {}
+            choice = self.get(index) or self.setdefault(index, _Choice())
+            text, thought = delta.get("content"), delta.get("reasoning_content")
+            if delta.get("role"):
+                choice.role = delta["role"]
+            if text:
+                choice.text += text
+            if thought:
+                choice.thought = (choice.thought or "") + thought
+            if text or thought:
+                said = (said or "") + (text or "" if index == 0 else "")
+            for place, piece in enumerate(delta.get("tool_calls") or ()):
+                choice.call(piece, piece.get("index", place))
+            if item.get("finish_reason"):
+                choice.finish = item["finish_reason"]
+                self.done = len([True for choice in self.values() if choice.finish]) >= self.wanted
+        return said
 
 
 class ChatModel(_BaseModel):
@@ -1657,21 +1666,20 @@ class ChatModel(_BaseModel):
                       alternatives[0].text, request_id, answer, sent, self.config.response_format)
 
     def _read(self, lines: _Lines, sent: Sequence[Any]) -> Iterator[Result]:
-        choices: dict[int, _Choice] = {}
-        wanted = (self.config.extra_query or {}).get("n") or 1
+        choices = _Choices((self.config.extra_query or {}).get("n") or 1)
         event: dict[str, Any] = {}
         usage = None
         for event in lines.events():
             usage = event.get("usage") or usage
-            said = _checked(_grow, event, choices)
+            said = _checked(choices.add, event)
             if said is not None:
                 grown = tuple([choice.alternative() for choice in choices.values()])
                 yield _quick(Result, alternatives=grown, usage=None, model_version=event.get("model") or "",
                              delta=said, request_id=lines.request_id, raw=event, _sent=sent,
                              _format=self.config.response_format)
-            if len(choices) >= wanted and all([choice.finish for choice in choices.values()]):
+            if choices.done:
                 lines.end()  # but for the usage and [DONE], which may follow
-        if not choices or not all(choice.finish for choice in choices.values()):
+        if not choices.done:
             raise StreamInterrupted("the stream ended, but the model did not: no finish_reason came")
         answer = {**event, "usage": usage, "choices": [choice.whole() for choice in choices.values()]}
         yield replace(_checked(self._decode, answer, sent, lines.request_id), delta="")
@@ -2730,14 +2738,18 @@ def _encoded(body: Any) -> bytes:
         raise ConfigError(f"the request is no JSON: {error}") from error
 
 
+_decode_json = json.JSONDecoder().raw_decode  # half the cost of json.loads for an event of a stream
+
+
 def _json(exchange: _Exchange, content: bytes) -> dict[str, Any]:
     """A body or line that has to be a JSON object."""
     try:
-        answer = json.loads(str(content, "utf-8"))  # json would have to guess the encoding of bytes
-        problem = f"is {type(answer).__name__}"
+        text = str(content, "utf-8").strip()
+        answer, end = _decode_json(text)
+        problem = f"is {type(answer).__name__}" if end == len(text) else "is not JSON (more follows)"
     except (ValueError, RecursionError) as error:
-        answer, problem = None, f"is not JSON ({type(error).__name__})"
-    if not isinstance(answer, dict):
+        answer, end, text, problem = None, 0, "", f"is not JSON ({type(error).__name__})"
+    if not isinstance(answer, dict) or end != len(text):
         text = exchange.hide(content.decode("utf-8", "replace"))[:200]
         raise InvalidResponse(f"the answer {problem}: {text!r}",
                               request_id=exchange.response.headers.get("x-request-id"))
