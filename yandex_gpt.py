@@ -39,7 +39,7 @@ import time
 import types
 import typing
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from datetime import datetime, timedelta, timezone
@@ -1184,7 +1184,9 @@ class _BaseModel:
         body = self._encode(messages, stream=False)
         return _client(self.client).request(self._call, body, deadline, read)
 
-    def run_stream(self, messages: Messages, *, timeout: float | None = 180) -> Iterator[Result]:
+    def run_stream(
+        self, messages: Messages, *, timeout: float | None = 180
+    ) -> Generator[Result, None, None]:
         """The answer as it is written: `.text` is all there is so far, `.delta` what is new.
 
         The request starts with the first `next()`; leaving the loop closes the connection.
@@ -1195,7 +1197,9 @@ class _BaseModel:
         _Deadline(timeout)  # a wrong one is refused here, not at the first `next()`
         return self._stream(self._encode(normalized, stream=True), normalized, timeout)
 
-    def _stream(self, body: Any, messages: list[dict[str, Any]], timeout: float | None) -> Iterator[Result]:
+    def _stream(
+        self, body: Any, messages: list[dict[str, Any]], timeout: float | None
+    ) -> Generator[Result, None, None]:
         deadline, result = _Deadline(timeout), None
         exchange = None
         try:
@@ -1221,7 +1225,7 @@ class _BaseModel:
                 exchange.close()
 
     def run_many(self, prompts: Iterable[Messages], *, workers: int = 10, timeout: float | None = 180,
-                 return_errors: bool = False) -> Iterator[Any]:
+                 return_errors: bool = False) -> Generator[Any, None, None]:
         """The answers to many prompts, in their order, `workers` at a time.
 
         Prompts are read as answers are taken, 2 * workers ahead at most. One that fails raises
@@ -1235,7 +1239,7 @@ class _BaseModel:
         return self._many(iter(prompts), workers, timeout, return_errors)
 
     def _many(self, prompts: Iterator[Messages], workers: int, timeout: float | None,
-              return_errors: bool) -> Iterator[Any]:
+              return_errors: bool) -> Generator[Any, None, None]:
         from concurrent.futures import Future, ThreadPoolExecutor
         from itertools import islice
 
@@ -2360,6 +2364,9 @@ class _Deadline:
 _THREAD = threading.local()  # .exchange: what this thread is sending
 
 
+_TRANSPORT = (requests.RequestException, HTTPError, HTTPException, OSError, ValueError)
+
+
 class _Exchange:
     """One attempt of one call. The connection that carries it finds it in `_THREAD`."""
 
@@ -2398,7 +2405,7 @@ class _Exchange:
             return act()
         except YandexGPTError:
             raise
-        except (requests.RequestException, HTTPError, HTTPException, OSError, ValueError) as error:
+        except _TRANSPORT as error:
             failure = self.failure(error)
         raise failure  # out here it does not drag along, as __context__, what may hold a secret
 
@@ -2433,11 +2440,14 @@ class _Exchange:
         else:  # (urllib3 before 2.1 has no read1, and read waits for all it was asked for)
             size = None if raw.chunked else 1 << 16 if "content-length" in raw.headers else 1
             chunks = self.response.iter_content(size)
-        while True:
-            piece = self.guarded(lambda: next(chunks, b""))
-            if not piece:
-                return
-            yield piece
+        try:
+            yield from chunks
+            return
+        except YandexGPTError:
+            raise
+        except _TRANSPORT as error:
+            failure = self.failure(error)
+        raise failure  # out here, as in `guarded`, which would cost two calls a piece
 
     def error(self) -> APIError:
         """An answer that is an error, as an exception."""
