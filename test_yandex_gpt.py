@@ -2773,6 +2773,25 @@ def test_a_wrong_config_is_refused_before_anything_is_sent(make: Any) -> None:
     assert "pw" not in str(caught.value)
 
 
+def test_an_echoed_secret_shows_in_no_error(server: LocalYandexGPT, client: ClientConfig) -> None:
+    server.next(Reply(200, {"you": KEY}), Stream([line("a"), {"you": KEY}]), Stream([{"error": KEY}]))
+    model = Model("yandexgpt", client=client)
+    for ask in (lambda: model.run("hi"), lambda: list(model.run_stream("hi")), lambda: list(model.run_stream("hi"))):
+        with pytest.raises(YandexGPTError) as caught:
+            ask()
+        assert KEY not in str(caught.value)
+    server.next(Reply(400, {"code": 3, "message": "y0_secret is no token"}), path="/iam/")
+    with pytest.raises(BadRequestError) as refused:
+        Model("yandexgpt", client=client, auth="y0_secret").run("hi")
+    assert "y0_secret" not in str(refused.value)
+
+
+def test_a_whole_uri_brings_its_folder(server: LocalYandexGPT) -> None:
+    model = Model("gpt://b1guri/yandexgpt/latest", auth="t1.x", client=ClientConfig(endpoint=server.url))
+    model.run("hi")
+    assert server.requests[0].headers["x-folder-id"] == "b1guri"
+
+
 def test_http_is_for_loopback_or_for_nobody_s_credential() -> None:
     ClientConfig(endpoint="http://[::1]:80", auth="k")
     ClientConfig(endpoint="http://gateway.lan", auth=NoAuth())

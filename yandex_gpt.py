@@ -1147,6 +1147,8 @@ class _BaseModel:
         self.uri = name if whole else f"gpt://{self.client.folder_id}/{name}/{version}"
         if not re.fullmatch(r"\w+:/(/[^\s/]+){2,}", self.uri):
             raise ConfigError(f"{self.uri!r} is not like gpt://<folder>/yandexgpt/latest")
+        if self.client.folder_id is None:
+            self.client = replace(self.client, folder_id=self.uri.split("/")[2])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.uri!r})"
@@ -1219,6 +1221,8 @@ class _BaseModel:
             raise StreamInterrupted(f"the stream was cut: {error}", partial=result) from error
         except YandexGPTError as error:
             error.partial = result
+            if exchange is not None:
+                error.args = (exchange.hide(str(error)),)
             raise
         finally:
             if exchange is not None:
@@ -2388,8 +2392,11 @@ class _Exchange:
 
     def hide(self, text: str) -> str:
         """Without the credential, should a gateway have echoed it."""
-        secret = (self.authorization or "").partition(" ")[2]
-        return text.replace(secret, "***") if secret else text
+        auth = self.client.auth
+        oauth = auth._secret if isinstance(auth, OAuthTokenAuth) else ""
+        for secret in ((self.authorization or "").partition(" ")[2], oauth):
+            text = text.replace(secret, "***") if secret else text
+        return text
 
     def close(self) -> None:
         """Ends the connection too, unless the answer was read to its end."""
@@ -2514,6 +2521,8 @@ class _Client:
         self._proxies: dict[str, dict[str, str]] = {}
         bundle = _environ("REQUESTS_CA_BUNDLE") or _environ("CURL_CA_BUNDLE") or True
         self._verify = bundle if config.verify is True else config.verify
+        if isinstance(self._verify, str) and not os.path.exists(self._verify):
+            raise ConfigError(f"there is no CA bundle {self._verify!r} (verify=, REQUESTS_CA_BUNDLE)")
         some = config.auth or IAMTokenAuth("found-later")
         endpoint = config.endpoint or _environ("YANDEX_GPT_ENDPOINT")
         grpc = config.grpc_endpoint or _environ("YANDEX_GPT_GRPC_ENDPOINT")
@@ -2613,6 +2622,7 @@ class _Client:
                 if not isinstance(error, YandexGPTError):
                     raise
                 failure = error
+                failure.args = (exchange.hide(str(failure)),)
             if quota is not None and isinstance(failure, DeadlineExceeded):
                 failure = quota  # that is what it was waiting for
             gauge = isinstance(failure, RateLimitError) and "gauge" in failure.message
