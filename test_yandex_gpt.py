@@ -4218,6 +4218,26 @@ def test_the_command_submits_and_collects(server: LocalYandexGPT, shell: Any) ->
     assert shell("operation", out.strip())[1] == "running\n"
     server.polls = 0
     assert shell("operation", out.strip(), "--wait")[1] == "Hello! How can I help you?\n"
+    server.polls = 10**6
+    running = shell("submit", "hello")[1].strip()
+    assert json.loads(shell("operation", running, "--json")[1])["status"] == "running"
+    assert shell("operation", running, "--cancel") == (0, "cancelled\n", "")
+    assert "CANCELLED" in shell("operation", running)[2]
+
+
+def test_ctrl_c_at_a_terminal_says_how_to_take_the_operation_up(server: LocalYandexGPT) -> None:
+    server.polls = 10**6
+    environment = {**os.environ, "YANDEX_GPT_ENDPOINT": server.url}
+    command = [sys.executable, yandex_gpt.__file__]
+    submit = subprocess.run([*command, "submit", "hi"], stdin=subprocess.DEVNULL, env=environment, capture_output=True, text=True, check=True)
+    waiting = subprocess.Popen([*command, "operation", submit.stdout.strip(), "--wait"], stdin=subprocess.DEVNULL,
+                               env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert server.wait_for(lambda s: len(s.requests) >= 3, timeout=20)
+    waiting.send_signal(signal.SIGINT)
+    out, err = waiting.communicate(timeout=20)
+    assert (waiting.returncode, out) == (130, "")
+    assert f"yandex-gpt operation {submit.stdout.strip()} --wait" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(("argv", "status", "words"), [

@@ -3192,20 +3192,28 @@ def _operation_command(args: Namespace) -> None:
         operation.cancel()
     status = operation.get_status()
     if args.wait or status.is_succeeded:
-        _show(args, operation.wait(on_status=_progress))
+        _show(args, _waited(operation, args.id))
     elif args.json:
         print(json.dumps({"id": args.id, "status": status.status_name, "progress": status.progress,
                           "error": status.error}, ensure_ascii=False))
-    elif status.is_failed:
-        operation.get_result()
+    elif status.is_failed and not args.cancel:
+        operation.get_result()  # raises what it failed of
     else:
-        print(status.status_name)
+        print("cancelled" if status.is_failed else status.status_name)
 
 
 def _show(args: Namespace, result: Any) -> None:
     name = getattr(result, "uri", None) or getattr(result, "id", None) or result.text
     value = result.to_dict() if isinstance(result, Result) else {"result": name}
     print(json.dumps(value, ensure_ascii=False) if args.json else name)
+
+
+def _waited(operation: Operation[_T], id: str) -> _T:
+    try:
+        return operation.wait(on_status=_progress)
+    except KeyboardInterrupt:
+        print(f"\nit goes on; see yandex-gpt operation {id} --wait", file=sys.stderr)
+        raise
 
 
 def _progress(status: OperationStatus) -> None:
@@ -3221,7 +3229,7 @@ def _tune(args: Namespace) -> None:
     dataset = Dataset.upload(args.file, client=model.client, on_status=_progress)
     operation = model.tune_deferred(dataset)
     print(f"tune:{operation.id}", file=sys.stderr, flush=True)
-    _show(args, operation.wait(on_status=_progress))
+    _show(args, _waited(operation, f"tune:{operation.id}"))
 
 
 def _batch(args: Namespace) -> None:
@@ -3230,7 +3238,7 @@ def _batch(args: Namespace) -> None:
     dataset = Dataset.upload(args.file, client=model.client, on_status=_progress)
     operation = model.batch_deferred(dataset)
     print(f"batch:{operation.id}", file=sys.stderr, flush=True)
-    answers = operation.wait(on_status=_progress)
+    answers = _waited(operation, f"batch:{operation.id}")
     errors = (operation.get_status().metadata or {}).get("errors") or {}
     for error in errors.get("lineErrors") or ():
         print(f"line {error.get('lineNumber')}: {error.get('message')}", file=sys.stderr)
@@ -3278,6 +3286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     if args.debug:
         logging.basicConfig(level=logging.DEBUG)
+    _log.addHandler(logging.NullHandler())  # a retry is no news at a terminal
     try:
         _COMMANDS[args.command][0](args)
         sys.stdout.flush()
