@@ -4027,6 +4027,31 @@ def test_openai_s_own_client_gets_the_same_answers(server: LocalYandexGPT, chat:
     assert [(c.name, c.arguments) for c in streamed] == [(c.name, c.arguments) for c in mine]
 
 
+def test_an_openai_compatible_server_that_is_not_ours_answers(client: ClientConfig, tmp_path: Any) -> None:
+    pytest.importorskip("fakellm")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (tmp_path / "fakellm.yaml").write_text(textwrap.dedent("""
+        version: 1
+        rules:
+          - {name: greeting, when: {messages_contain: hello}, respond: {content: "Hi there, from a stranger"}}
+    """))
+    command = [sys.executable, "-c", "from fakellm.cli import main; main()", "serve", "--port", str(port)]
+    stranger = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        chat = ChatModel("gpt-oss-120b", client=patient(
+            dataclasses.replace(client, endpoint=f"http://127.0.0.1:{port}"), max_attempts=1000, max_backoff=0.1))
+        plain = chat.run("hello", timeout=30)  # the retries wait until it listens
+        assert (plain.text, plain.status) == ("Hi there, from a stranger", Status.FINAL)
+        assert plain.usage
+        streamed = list(chat.run_stream("hello"))
+        assert "".join(r.delta for r in streamed) == streamed[-1].text == plain.text
+        assert streamed[-1].status is Status.FINAL
+    finally:
+        stranger.terminate()
+        stranger.wait()
+
+
 # --- Operations -----------------------------------------------------------------------------------
 
 
