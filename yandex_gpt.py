@@ -47,6 +47,7 @@ from enum import Enum
 from functools import lru_cache, partial
 from http.client import HTTPException, HTTPResponse
 from http.client import responses as _PHRASES
+from importlib import import_module
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -74,7 +75,7 @@ from urllib3.exceptions import HTTPError, NewConnectionError
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
-    from langchain_core.language_models import BaseChatModel
+    from langchain_core.language_models import BaseChatModel  # type: ignore[import-not-found, unused-ignore]
 
 __all__ = [
     "ClientConfig", "RetryConfig", "ModelConfig", "APIKeyAuth", "IAMTokenAuth", "EnvIAMTokenAuth",
@@ -2228,10 +2229,10 @@ def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
             yield from (_checked(lambda text: dict(json.loads(text)), line) for line in file if line.strip())
             return
     try:
-        from pyarrow.parquet import ParquetFile
+        parquet = import_module("pyarrow.parquet")
     except ImportError as error:
         raise ImportError("the rows are Parquet: pip install pyarrow, or use Dataset.download") from error
-    with ParquetFile(path) as table:
+    with parquet.ParquetFile(path) as table:
         for batch in table.iter_batches(1000):
             yield from batch.to_pylist()
 
@@ -2976,7 +2977,8 @@ _USER_AGENT = f"yandex-gpt/{__version__} python/{sys.version_info[0]}.{sys.versi
 
 def _langchain(model: _BaseModel, timeout: float | None) -> BaseChatModel:
     try:
-        return _chat_class()(model=model, timeout=timeout)  # type: ignore[no-any-return]
+        llm: BaseChatModel = _chat_class()(model=model, timeout=timeout)
+        return llm
     except ImportError as error:
         raise ImportError("pip install langchain-core (extra `langchain`)") from error
 
@@ -2984,12 +2986,11 @@ def _langchain(model: _BaseModel, timeout: float | None) -> BaseChatModel:
 @lru_cache(maxsize=1)
 def _chat_class() -> Any:
     """LangChain's chat model over a Model or ChatModel, made when it is asked for."""
-    from langchain_core.language_models.chat_models import BaseChatModel
-    from langchain_core.messages import AIMessage, AIMessageChunk
-    from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-    from langchain_core.utils.function_calling import convert_to_openai_tool
+    chat_models = import_module("langchain_core.language_models.chat_models")
+    messages_, outputs = import_module("langchain_core.messages"), import_module("langchain_core.outputs")
+    to_openai_tool = import_module("langchain_core.utils.function_calling").convert_to_openai_tool
 
-    class ChatYandexGPT(BaseChatModel):
+    class ChatYandexGPT(chat_models.BaseChatModel):  # type: ignore[misc, name-defined]
         """The API has no stop words: `stop` cuts the text here, after it was billed."""
 
         model: Any
@@ -3007,7 +3008,7 @@ def _chat_class() -> Any:
             return {**super()._get_ls_params(stop=stop, **kwargs), "ls_model_name": name}
 
         def bind_tools(self, tools: Any, *, tool_choice: Any = None, **kwargs: Any) -> Any:
-            tools = [convert_to_openai_tool(tool) for tool in tools]
+            tools = [to_openai_tool(tool) for tool in tools]
             if tool_choice in ("any", True):
                 tool_choice = "required"
             elif isinstance(tool_choice, str) and tool_choice not in ("none", "auto", "required"):
@@ -3042,8 +3043,8 @@ def _chat_class() -> Any:
         def _generate(self, messages: Any, stop: Any = None, run_manager: Any = None, **kwargs: Any) -> Any:
             result = self._configured(kwargs).run(_from_langchain(messages), timeout=self.timeout)
             text = result.text[:_cut(result.text, stop or self.stop)]
-            return ChatResult(generations=[
-                ChatGeneration(message=self._message(AIMessage, result, text, last=True))])
+            message = self._message(messages_.AIMessage, result, text, last=True)
+            return outputs.ChatResult(generations=[outputs.ChatGeneration(message=message)])
 
         def _stream(self, messages: Any, stop: Any = None, run_manager: Any = None, **kwargs: Any) -> Any:
             stop, sent = stop or self.stop or (), 0
@@ -3054,9 +3055,9 @@ def _chat_class() -> Any:
                 end = _cut(result.text, stop)
                 last = last or end < len(result.text)
                 upto = end if last else max(sent, end - held)
-                message = self._message(AIMessageChunk, result, result.text[sent:upto], last)
+                message = self._message(messages_.AIMessageChunk, result, result.text[sent:upto], last)
                 sent = upto
-                chunk = ChatGenerationChunk(message=message)
+                chunk = outputs.ChatGenerationChunk(message=message)
                 if run_manager and chunk.text:
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
