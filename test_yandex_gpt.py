@@ -4343,6 +4343,7 @@ def test_rows_of_parquet_take_pyarrow_and_download_does_not(client: ClientConfig
     (b"", "empty"), (b"\n\n", "empty"), (b'{"a": 1}\nnot json\n', "line 2"), (b'{"a": 1}\n[1]\n', "line 2"),
     (b'{"a": 1}\n"' + b"x" * 10_000_000 + b'"\n', r"line 2.*8 MiB"), (b'{"a": "\xff"}\n', "line 1"),
     (b'{"a": 1}\n' * 60_000 + b"oops\n", "line 60001"), (None, "No such file"),
+    (b'{"a": 1}\n' * 600_000 + b'{"a": ', "last line"),
 ])
 def test_a_file_that_is_no_json_lines_is_refused_before_a_draft(
     server: LocalYandexGPT, client: ClientConfig, tmp_path: Any, content: Any, says: str

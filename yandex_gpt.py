@@ -2039,8 +2039,8 @@ _LONGEST_ROW = 8 << 20  # bytes: rows are checked in constant memory
 
 
 def _check_rows(path: Path) -> None:
-    """ConfigError, which names the line, unless the file begins as JSON Lines do: its first 4 MiB
-    are parsed, which is all of most files. More than that the service's validation is for."""
+    """ConfigError, which names the line, unless the file begins and ends as JSON Lines do: its
+    first 4 MiB are parsed, all of most files. What is between, the service's validation is for."""
     try:
         with path.open("rb") as file:
             number = rows = 0
@@ -2050,6 +2050,10 @@ def _check_rows(path: Path) -> None:
                     break
                 number += 1
                 rows += _check_row(f"{path}, line {number}", line)
+            if file.read(1):
+                file.seek(-(1 << 16), os.SEEK_END)
+                _, found, last = file.read().rstrip().rpartition(b"\n")
+                _check_row(f"{path}, the last line", last if found else b"")  # a file cut short
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     if not rows:
