@@ -3042,6 +3042,8 @@ def test_a_stream_that_fails_keeps_what_came(server: LocalYandexGPT, model: Mode
             got.append(result)
     assert caught.value.partial is (got[-1] if got else None)
     assert (caught.value.partial.text if got else None) == text
+    assert caught.value.client_request_id == server.requests[0].headers["x-client-request-id"]
+    assert caught.value.request_id
     assert server.wait_for(lambda s: s.open_connections == 0 or fault.final)
 
 

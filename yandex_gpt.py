@@ -1219,11 +1219,12 @@ class _BaseModel:
         except ConnectionFailed as error:
             if result is None:
                 raise
-            raise StreamInterrupted(f"the stream was cut: {error}", partial=result) from error
+            interrupted = StreamInterrupted(f"the stream was cut: {error}", partial=result)
+            raise (interrupted if exchange is None else exchange.described(interrupted)) from error
         except YandexGPTError as error:
             error.partial = result
             if exchange is not None:
-                error.args = (exchange.hide(str(error)),)
+                exchange.described(error)
             raise
         finally:
             if exchange is not None:
@@ -2379,8 +2380,10 @@ _TRANSPORT = (requests.RequestException, HTTPError, HTTPException, OSError, Valu
 class _Exchange:
     """One attempt of one call. The connection that carries it finds it in `_THREAD`."""
 
-    def __init__(self, client: _Client, call: _Call, url: str, body: Any, deadline: _Deadline) -> None:
+    def __init__(self, client: _Client, call: _Call, url: str, body: Any, deadline: _Deadline,
+                 headers: Mapping[str, str]) -> None:
         self.client, self.call, self.url, self.body, self.deadline = client, call, url, body, deadline
+        self.headers = headers  # the same in each attempt: without the credential
         self.authorization: str | None = None  # None: not fetched yet
         self.sent = False  # True as soon as the service may have the request
         self.place: threading.Semaphore | None = None
@@ -2402,6 +2405,20 @@ class _Exchange:
         for secret in ((self.authorization or "").partition(" ")[2], oauth):
             text = text.replace(secret, "***") if secret else text
         return text
+
+    def described(self, failure: YandexGPTError) -> YandexGPTError:
+        """The failure, with what its reader needs to know about the call, and nothing secret."""
+        failure.args = (self.hide(str(failure)),)
+        failure.client_request_id = self.headers.get("x-client-request-id")
+        if self.response is not None:
+            failure.request_id = self.response.headers.get("x-request-id")
+        if self.call.creates:
+            status = failure.status_code if isinstance(failure, APIError) else 500
+            taken = self.sent and status >= 500 and status != 503
+            failure.idempotency_key = key = self.headers["Idempotency-Key"]
+            failure._add(f"The service may have taken the request (Idempotency-Key {key}): look before "
+                         "you send it again" if taken else "The service did not take the request")
+        return failure
 
     def close(self) -> None:
         """Ends the connection too, unless the answer was read to its end."""
@@ -2614,20 +2631,19 @@ class _Client:
         rejected, quota = "", None  # what a 401 answered; the last answer, if about concurrency
         failure = YandexGPTError()
         while True:
-            exchange = _Exchange(self, call, url, body, deadline)
+            exchange = _Exchange(self, call, url, body, deadline, headers)
             try:
                 authorization = self._authorization(deadline, rejected) if call.sign else ""
                 if rejected and authorization == rejected:
                     raise failure  # there is no other credential
                 exchange.authorization = authorization
-                self._attempt(exchange, headers, data)
+                self._attempt(exchange, data)
                 return receive(exchange)
             except BaseException as error:
                 exchange.close()
                 if not isinstance(error, YandexGPTError):
                     raise
                 failure = error
-                failure.args = (exchange.hide(str(failure)),)
             if quota is not None and isinstance(failure, DeadlineExceeded):
                 failure = quota  # that is what it was waiting for
             gauge = isinstance(failure, RateLimitError) and "gauge" in failure.message
@@ -2637,10 +2653,11 @@ class _Client:
             if isinstance(failure, AuthenticationError):
                 rejected = exchange.authorization or ""
             if pause is not None:
-                _log.warning("%s is tried again in %.1f s, after: %s", name, pause, failure)
+                _log.warning("%s is tried again in %.1f s, after: %s", name, pause,
+                             exchange.hide(str(failure)))
                 deadline.sleep(pause)
             if pause is None or deadline.over():
-                raise _described(exchange, failure, headers)
+                raise exchange.described(failure)
 
     def _pause(self, exchange: _Exchange, failure: YandexGPTError, tries: int, attempts: int,
                rejected: str) -> float | None:
@@ -2656,7 +2673,7 @@ class _Client:
         waits_for_place = isinstance(failure, RateLimitError) and "gauge" in failure.message and after is None
         return None if exchange.deadline.over(pause) and not waits_for_place else pause
 
-    def _attempt(self, exchange: _Exchange, headers: Mapping[str, str], data: Any) -> None:
+    def _attempt(self, exchange: _Exchange, data: Any) -> None:
         """Send once. The exchange has the answer then, its body still to be read."""
         call, deadline, url = exchange.call, exchange.deadline, exchange.url
         if call.sign and self._places:
@@ -2664,7 +2681,7 @@ class _Client:
                                            "an open stream keeps its place until it is closed")
             exchange.place = self._places
         request = requests.PreparedRequest()  # by hand: no settings of a session are merged into it
-        request.method, request.url, request.headers = call.method, url, CaseInsensitiveDict(headers)
+        request.method, request.url, request.headers = call.method, url, CaseInsensitiveDict(exchange.headers)
         request.body = body = data() if callable(data) else data
         if body is not None:
             request.headers["Content-Length"] = str(len(body))
@@ -2729,19 +2746,6 @@ def _backoff(retry: RetryConfig, tries: int) -> float:
     """Exponential back-off with full jitter, in seconds."""
     bound = retry.initial_backoff * retry.multiplier ** min(tries - 1, 60)
     return random.uniform(0, min(retry.max_backoff, bound))
-
-
-def _described(exchange: _Exchange, failure: YandexGPTError, headers: Mapping[str, str]) -> YandexGPTError:
-    """The failure, with what its reader needs to know about the call."""
-    failure.client_request_id = headers.get("x-client-request-id")
-    if exchange.call.creates:
-        status = failure.status_code if isinstance(failure, APIError) else 500
-        taken = exchange.sent and status >= 500 and status != 503
-        failure.idempotency_key = headers["Idempotency-Key"]
-        failure._add(f"The service may have taken the request (Idempotency-Key {headers['Idempotency-Key']})"
-                     ": look before you send it again" if taken
-                     else "The service did not take the request")
-    return failure
 
 
 def _encoded(body: Any) -> bytes:
